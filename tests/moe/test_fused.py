@@ -517,6 +517,23 @@ def test_one_node_refuses_second_derivatives_with_a_frozen_router_too(monkeypatc
         (gradient.square().sum() + weight.sum()).backward()
 
 
+@pytest.mark.parametrize("kernels", [Kernels(None, TRITON.experts), TRITON], ids=["experts alone", "one node"])
+@pytest.mark.parametrize("capacity_factor", [None, 1.05])
+def test_parameters_may_have_any_strides(capacity_factor, kernels, monkeypatch):
+    """As parametrizations make them, and `load_state_dict(assign=True)`."""
+    monkeypatch.setattr(layer_module, "kernels_for", lambda tensor: kernels)
+    moe = MoeConfig(num_experts=4, group="image", backend="fused", capacity_factor=capacity_factor, noise_std=0.0)
+    layer = vmoe.MoeMlp(8, 16, moe=moe, device=DEVICE)
+    x, cotangent = torch.randn(2, 2, 9, 8, device=DEVICE)
+    results = []
+    for _ in range(2):
+        y = layer(x)
+        results.append([y, *torch.autograd.grad((y * cotangent).sum(), list(layer.parameters()))])
+        for parameter in layer.parameters():
+            parameter.data = parameter.mT.clone(memory_format=torch.contiguous_format).mT
+    torch.testing.assert_close(results[1], results[0])
+
+
 class Doubled(nn.Module):
     """A parametrization that remembers what it made, as long as that lives."""
 

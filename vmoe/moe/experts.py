@@ -222,6 +222,9 @@ class Experts(nn.Module):
 
     def _mlp(self, dtype: torch.dtype, x_TD: Tensor | None = None) -> Mlp:
         (weight1, bias1), (weight2, bias2) = self.layers(x_TD)
+        # the kernels take nothing else; parametrizations, for one, may make transposed weights
+        weight1, weight2 = weight1.contiguous(), weight2.contiguous()
+        bias1, bias2 = (None if bias is None else bias.contiguous() for bias in (bias1, bias2))
         dropout = self.drop1.p if self.training else 0.0
         cast = partial(self._cast, dtype=dtype)
         keeps_casts = self._casts is not None
