@@ -34,6 +34,7 @@ from vmoe.training.label_metrics import GuidedMetrics, LabelMetrics, MultiLabelM
 from vmoe.training.optim.average import WeightAverage
 from vmoe.training.optim.groups import build_optimizer, by_number, optimizer_groups, parameter_groups
 from vmoe.training.optim.schedule import LearningRates, RateSchedule, planned_rates
+from vmoe.training.optim.weight_passes import scale_down
 from vmoe.training.parallel.collectives import is_alone, rank_of_all, total
 from vmoe.training.parallel.gradient_means import GradientMeans
 from vmoe.training.parallel.sample_draws import SampleDraws
@@ -247,7 +248,9 @@ class Classifier(LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self._is_sharded:
             return clip_gradients(parameters, largest_norm)
-        return nn.utils.clip_grad_norm_(parameters, largest_norm)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        scale_down(parameters, largest_norm, norm)
+        return norm
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.model, self.optim)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmoe.training.optim.weight_passes import move_towards
 from vmoe.training.parallel.collectives import local
 
 
@@ -45,10 +46,7 @@ class WeightAverage:
         """Adds the weights to the average, unless `found_inf` () is 1."""
         step = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
         counts = torch.ones_like(step) if found_inf is None else (found_inf <= 0).to(step)
-        weights, parameters = self._pairs()
-        difference = torch._foreach_sub(parameters, weights)
-        torch._foreach_mul_(difference, step * counts)
-        torch._foreach_add_(weights, difference)
+        move_towards(*self._pairs(), step * counts)
         self.updates += counts
 
     @contextmanager

@@ -20,6 +20,7 @@ from vmoe.moe import moe_layers
 from vmoe.moe.parallel import shard_experts
 from vmoe.training.optim.groups import by_name
 from vmoe.training.optim.muon import Muon
+from vmoe.training.optim.weight_passes import scale_down
 from vmoe.training.parallel.collectives import local, new_mesh, total
 from vmoe.training.parallel.folder_writer import FolderWriter, load_tensors
 
@@ -166,7 +167,7 @@ def clip_gradients(parameters: list[nn.Parameter], largest_norm: float) -> Tenso
     if whole:
         squares.append(nn.utils.get_total_norm(whole).square())
     norm = torch.stack(squares).sum().sqrt()
-    nn.utils.clip_grads_with_norm_(_with_local_gradients(gradients), largest_norm, norm)
+    scale_down(_with_local_gradients(gradients), largest_norm, norm)
     return norm
 
 
